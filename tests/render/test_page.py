@@ -492,8 +492,16 @@ def test_areas_are_in_proportion(browser: Browser, cli: Cli, folder: Path) -> No
             assert wide < 1e-6 or high < 1e-6
 
 
-@pytest.mark.parametrize("width", [360, 1280, 2000])
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        *((360, True), (1280, False)),
+        *(
+            pytest.param(*more, marks=pytest.mark.sweep)
+            for more in ((360, False), (1280, True), (2000, False), (2000, True))
+        ),
+    ],
+)
 def test_no_serious_violation_of_accessibility(
     browser: Browser, cli: Cli, folder: Path, width: int, dark: bool
 ) -> None:
@@ -581,6 +589,15 @@ def test_nan_and_infinities_are_marked(browser: Browser, cli: Cli, folder: Path)
     details = browser.run("document.getElementById('details').innerText")
     assert "1, 0" in details.partition("NaN, Inf")[2]
     assert browser.run("document.querySelectorAll('#details .histogram rect').length") == 32
+
+
+def test_a_deep_model_unfolds(browser: Browser, folder: Path) -> None:
+    browser.open(saved(folder, report_of(named(".".join(["m"] * 1500), ".".join(["m"] * 1000 + ["x"])))))
+    browser.run("document.getElementById('unfold').click()")
+    assert browser.run("document.querySelectorAll('#rows .row').length") == 1502
+    assert search_for(browser, "**.x") == "0 modules and 1 tensor"
+    assert browser.run("document.querySelector('#details h3').textContent.length") == 2001
+    assert browser.complaints() == []
 
 
 def test_many_siblings_come_in_portions(browser: Browser, folder: Path) -> None:

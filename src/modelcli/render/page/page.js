@@ -402,17 +402,16 @@
   grid.addEventListener("pointerleave", () => hover(null));
   const UNFOLDED = 2000;
   byId("unfold").addEventListener("click", () => {
-    let queue = [...body.querySelectorAll(".row")];
-    let count = queue.length;
-    while (queue.length && count < UNFOLDED) {
-      const row = queue.shift();
+    const queue = [body.firstElementChild];
+    let next = 0;
+    for (; next < queue.length && queue.length < UNFOLDED; next++) {
+      const row = queue[next];
       if (!row.hasAttribute("aria-expanded")) continue;
       open(row);
-      const found = [...kidsOf(row).children].filter((each) => each.classList.contains("row"));
-      count += found.length;
-      queue = queue.concat(found);
+      for (const each of kidsOf(row).children) if (nodes.has(each)) queue.push(each);
     }
-    say(count < UNFOLDED ? "" : "More than " + exact(UNFOLDED) + " rows: unfold the rest where you need it, or search.");
+    const all = queue.slice(next).every((row) => !row.hasAttribute("aria-expanded") || isOpen(row));
+    say(all ? "" : "More than " + exact(UNFOLDED) + " rows: unfold the rest where you need it, or search.");
   });
   byId("fold").addEventListener("click", () => {
     const first = body.firstElementChild;

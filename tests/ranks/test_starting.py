@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -49,6 +53,30 @@ def test_a_place_that_cannot_be_read(name: str, value: str, message: str, monkey
         monkeypatch.setenv(known, number)
     with pytest.raises(RequestError, match=message):
         starting.place()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows the variables of the parent")
+@pytest.mark.parametrize(
+    ("changed", "words", "is_told"),
+    [
+        ({}, (), True),
+        ({}, ("-q",), False),
+        ({"MODELCLI_RANKS": "alone"}, (), False),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, (), False),
+    ],
+)
+def test_a_process_below_a_shell_with_the_same_rank_says_that_it_works_by_itself(
+    changed: dict[str, str], words: tuple[str, ...], is_told: bool
+) -> None:
+    """A wrapper between torchrun and modelcli looks like a training program that has started modelcli."""
+    line = f"{shlex.join([sys.executable, '-m', 'modelcli', 'params', 'Linear(2,1)', *words])}; true"
+    found = subprocess.run(
+        ["sh", "-c", line], env=os.environ | _LAUNCHED | changed, capture_output=True, text=True, check=True
+    )
+    assert "weight" in found.stdout
+    note = "note: this process works by itself: it has RANK=3 and WORLD_SIZE=8 of the process that started it; "
+    assert (note + "MODELCLI_RANKS=launched makes it a rank" in found.stderr) == is_told
+    assert ("MODELCLI_RANKS" in found.stderr) == is_told
 
 
 def test_strangers_are_turned_away() -> None:

@@ -526,3 +526,19 @@ def test_copied_bytes_are_flushed_while_copying_continues(
         out.put(0, span(source, 0, len(DATA)))
     assert (tmp_path / "out.bin").read_bytes() == DATA
     assert sum(nbytes for _, nbytes in advice) == (len(DATA) if durable else 0)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "dcp"])
+def test_a_tensor_larger_than_a_shard_has_a_file_of_its_own_and_a_note(cli: Cli, folder: Path, kind: str) -> None:
+    tensors = {"a": torch.ones(10), "b": torch.ones(900), "c": torch.ones(10), "d": torch.ones(1000)}
+    torch.save({**tensors, "tied": tensors["d"]}, "in.pth")
+    words = ("save", "out/", "-m", "in.pth", "--format-out", kind, "--force", "--max-shard-size")
+    told = " ".join(cli(*words, "2KB").err.split())
+    assert "d has 4,000 bytes, more than the 2,000 of a shard, and a file of its own; so has 1 other tensor" in told
+    files = [path for path in (folder / "out").iterdir() if path.suffix in (".safetensors", ".distcp")]
+    assert sum(path.stat().st_size > 3600 for path in files) == 2
+    assert len(files) == 4
+    told = " ".join(cli(*words, "3999").err.split())
+    assert "d has 4,000 bytes, more than the 3,999 of a shard, and a file of its own" in told
+    assert "other tensor" not in told
+    assert "of a shard" not in cli(*words, "4KB").err

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from modelcli.checkpoints.plan import Source
 from modelcli.checkpoints.storage import FileId, Span
+from modelcli.wording import counted
 
 #: Copying is fastest if the offsets in both files are equal modulo this. Some file systems can then share the blocks.
 PAGE = 4096
@@ -137,3 +138,19 @@ def place_like(source: Source, at_least: int, alignment: int) -> int:
     if isinstance(source, Span) and source.nbytes >= LARGE and source.offset % alignment == 0:
         return at_least + (source.offset - at_least) % PAGE
     return at_least + -at_least % alignment
+
+
+def notes_on_larger(sizes: Mapping[str, int], max_bytes: int) -> tuple[str, ...]:
+    """Return a note if tensors are larger than a file of a folder should be: each has a file of its own.
+
+    Args:
+        sizes: the bytes of each tensor by its name.
+        max_bytes: the most bytes of tensors in a file.
+    """
+    larger = [name for name, nbytes in sizes.items() if nbytes > max_bytes]
+    if not larger:
+        return ()
+    name = max(larger, key=sizes.__getitem__)
+    others = len(larger) - 1
+    more = f"; so {'has' if others == 1 else 'have'} {counted(others, 'other tensor')}" if others else ""
+    return (f"{name} has {sizes[name]:,} bytes, more than the {max_bytes:,} of a shard, and a file of its own{more}",)

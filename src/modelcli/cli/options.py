@@ -436,7 +436,7 @@ class SaveOptions(OptionGroup):
     )
     max_shard_size: str | None = _option(
         "--max-shard-size",
-        help="The maximum size of a file in a folder. \\[default: 5GB]",
+        help="The maximum size of a file in a folder; a larger tensor has a file of its own. \\[default: 5GB]",
         metavar="SIZE",
         rich_help_panel="Result",
     )

@@ -40,7 +40,7 @@ def carried_out(
     """
     _words.set(words)
     try:
-        group = _joined()
+        group = _joined(is_quiet=not {"-q", "--quiet"}.isdisjoint(words))
     except ModelcliError as error:
         return report(error)
     if group is None:
@@ -69,13 +69,18 @@ def _guarded(attempt: Callable[[], int], report: Callable[[ModelcliError], int])
         return report(ended.error)
 
 
-def _joined() -> Connected | None:
-    """Return the group of this process; None if it works by itself."""
+def _joined(*, is_quiet: bool) -> Connected | None:
+    """Return the group of this process; None if it works by itself, of which a note may tell."""
     if not _STARTED_AS_RANK & os.environ.keys():
         return None
+    from modelcli.cli import output
     from modelcli.ranks import starting
 
-    if (place := starting.place()) is None:
+    def tell(note: str) -> None:
+        if not is_quiet:
+            output.tell(f"note: {note}")
+
+    if (place := starting.place(tell)) is None:
         return None
     if place.port is not None:
         return starting.joined(place)

@@ -24,7 +24,7 @@ from modelcli.errors import RequestError, SystemFailureError
 from modelcli.ranks.connected import Connected, Peer, timeout_from_environment
 from modelcli.ranks.messages import MOST_AT_FIRST, Connection, Kind, packed, unpacked
 
-#: `alone` makes a process that torchrun started, or one below it, work by itself.
+#: `alone` makes a process that torchrun started, or one below it, work by itself; `launched` makes it a rank.
 RANKS_VARIABLE = "MODELCLI_RANKS"
 #: Where a worker of `--jobs` finds rank 0: its rank, the number of ranks, the port, and the secret.
 WORKER_VARIABLE = "MODELCLI_WORKER"
@@ -58,11 +58,15 @@ class Place:
     secret: str = ""
 
 
-def place() -> Place | None:
+def place(tell: Callable[[str], None] = lambda _note: None) -> Place | None:
     """Return the place of this process among the ranks; None if it works by itself.
 
     A program that torchrun has started may start modelcli for itself. Such a process inherits the variables of its
     parent, and is no rank: on Linux it is known by that.
+
+    Args:
+        tell: called with a note if the process is taken for one that has inherited its variables. A shell between the
+            launcher and modelcli looks the same, and each rank would then do the whole work.
 
     Raises RequestError for variables that cannot be read.
     """
@@ -83,7 +87,13 @@ def place() -> Place | None:
             raise RequestError(f"{name}={text} is no number", f"{RANKS_VARIABLE}=alone ignores it")
         numbers[name] = int(text)
     rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
-    if size < 2 or (wanted != "launched" and _is_inherited()):
+    if size < 2:
+        return None
+    if wanted != "launched" and _is_inherited():
+        tell(
+            f"this process works by itself: it has RANK={rank} and WORLD_SIZE={size} of the process that started it; "
+            f"{RANKS_VARIABLE}=launched makes it a rank, and {RANKS_VARIABLE}=alone is for this work"
+        )
         return None
     if rank >= size:
         raise RequestError(f"RANK={rank} is not below WORLD_SIZE={size}", f"{RANKS_VARIABLE}=alone ignores them")

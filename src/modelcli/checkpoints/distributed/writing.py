@@ -22,7 +22,16 @@ from modelcli.checkpoints import formats
 from modelcli.checkpoints.distributed import reading
 from modelcli.checkpoints.distributed.names import METADATA, RANK_SUFFIX, RECORD
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
-from modelcli.checkpoints.layout import LARGE, PAGE, BytesLayout, CopyLayout, FolderLayout, Layout, Output
+from modelcli.checkpoints.layout import (
+    LARGE,
+    PAGE,
+    BytesLayout,
+    CopyLayout,
+    FolderLayout,
+    Layout,
+    Output,
+    notes_on_larger,
+)
 from modelcli.checkpoints.plan import Plan, PlannedTensor, Source
 from modelcli.checkpoints.torch_pickle import pickling, state_dicts
 from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque
@@ -69,7 +78,9 @@ def layout(plan: Plan, max_bytes: int) -> FolderLayout:
         files[RECORD] = BytesLayout(json.dumps(document).encode() + b"\n")
     files[METADATA] = BytesLayout(metadata)
     notes = [f"torch.distributed.checkpoint holds no empty dicts: {listed(empty, 4)} left out"] if empty else []
-    return FolderLayout(files, tuple(notes))
+    written = ((key_path, flat[key_path]) for key_path in places)
+    sizes = {_flat_name(path): value.source.nbytes for path, value in written if isinstance(value, PlannedTensor)}
+    return FolderLayout(files, (*notes, *notes_on_larger(sizes, max_bytes)))
 
 
 def verify(plan: Plan, layout: FolderLayout, path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from modelcli.checkpoints import formats, limits
 from modelcli.checkpoints import record as records
 from modelcli.checkpoints.format import RecordTooLargeError
-from modelcli.checkpoints.layout import BytesLayout, CopyLayout, FolderLayout, Layout
+from modelcli.checkpoints.layout import BytesLayout, CopyLayout, FolderLayout, Layout, notes_on_larger
 from modelcli.checkpoints.plan import Plan, PlannedTensor
 from modelcli.checkpoints.safetensors import SUFFIX
 from modelcli.checkpoints.safetensors import writing as safetensors
@@ -31,11 +31,13 @@ def layout(plan: Plan, max_bytes: int) -> FolderLayout:
     be read with the record.
     """
     tensors = safetensors.unique(plan)
-    groups, notes = _cut(tensors, max_bytes), tuple[str, ...]()
+    groups = _cut(tensors, max_bytes)
     companions = {name: CopyLayout(source) for name, source in (plan.companions or {}).items()}
     if plan.whole_for and len(groups) > 1:
-        notes = (_note_on_whole(plan.whole_for, tensors, max_bytes),)
+        notes: tuple[str, ...] = (_note_on_whole(plan.whole_for, tensors, max_bytes),)
         groups = [dict(tensors)]
+    else:
+        notes = notes_on_larger({name: tensor.source.nbytes for name, tensor in tensors.items()}, max_bytes)
     if plan.companions is not None and len(groups) == 1:
         whole = safetensors.layout_of(groups[0], safetensors.texts_of(plan))
         return FolderLayout({**companions, WHOLE: whole}, notes)
@@ -55,7 +57,7 @@ def layout(plan: Plan, max_bytes: int) -> FolderLayout:
             f"the index would have {len(index):,} bytes with it, and modelcli reads {limits.INDEX_BYTES.value:,}"
         )
     files[WRITTEN_INDEX] = BytesLayout(index)
-    return FolderLayout(files)
+    return FolderLayout(files, notes)
 
 
 def _note_on_whole(library: str, tensors: Mapping[str, PlannedTensor], max_bytes: int) -> str:

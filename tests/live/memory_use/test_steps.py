@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -178,6 +179,23 @@ def test_checkpointing_under_autocast_casts_again() -> None:
     assert after.peak.allocated < plain.peak.allocated
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "first"),
+    [
+        ("resnet18", 8, "layer1.0"),
+        ("densenet121", 7, "features.denseblock1"),  # and the transitions between them
+        ("swin_t", 15, "features.1.0"),
+        ("mobilenet_v3_small", 13, "features.0"),
+        ("vit_b_16", 12, "encoder.layers.encoder_layer_0"),
+    ],
+)
+def test_the_blocks_of_known_models(name: str, count: int, first: str) -> None:
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, weights=None)
+    found = checkpointing.turn_on(model)
+    assert (len(found), found[0]) == (count, first)
+
+
 def test_two_steps_in_a_row_are_the_same() -> None:
     model = mlp()
     assert usage_of(model, "adamw", rows()) == usage_of(model, "adamw", rows())
@@ -189,6 +207,7 @@ def test_nothing_stays_registered() -> None:
     assert linear(torch.ones(1, 3)).dtype == torch.float32
     keys = torch._C._dispatch_tls_local_include_set()
     assert not keys.has(torch._C._dispatch_key_parse("AutocastIPU"))
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("aten::linear", "AutocastIPU")
 
 
 class Everything(nn.Module):

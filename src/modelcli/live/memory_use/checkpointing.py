@@ -14,8 +14,8 @@ from modelcli.live.describe import walk
 def turn_on(module: nn.Module) -> tuple[str, ...]:
     """Let a model keep no activations inside its blocks; the backward pass computes them again.
 
-    A model of transformers or timm does so itself. In others, the blocks are the modules with children of their own
-    that follow each other in a container, two or more of one class; the outermost ones count.
+    A model of transformers or timm does so itself. In others, the blocks are modules with children of their own in a
+    container, two or more of one class; the outermost ones count.
 
     Returns:
         The paths of the blocks; `(".",)` if the library decides itself. Nothing if there are no blocks.
@@ -43,19 +43,22 @@ def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the outermost repeated blocks of a model."""
+    """Return the outermost repeated blocks of a model. A plain container is no block; what it holds may be some."""
     found: dict[str, nn.Module] = {}
     for path, child in walk(module):
-        if any(not above or path.startswith(f"{above}.") for above in found) and found:
+        if not isinstance(child, _CONTAINERS) or any(f"{path}.".startswith(f"{above}.") for above in found):
             continue
-        inner = [(name, each) for name, each in child._modules.items() if each is not None]
-        for name, each in inner:
-            alike = sum(type(other) is type(each) for _, other in inner)
-            if alike >= 2 and any(below is not None for below in each._modules.values()) and _is_list(child):
+        inner = dict(nn.Module.named_children(child))
+        for name, each in inner.items():
+            alike = sum(type(other) is type(each) for other in inner.values())
+            has_children = any(True for _ in nn.Module.named_children(each))
+            if alike >= 2 and has_children and type(each) not in _CONTAINERS:
                 found[f"{path}.{name}" if path else name] = each
-    unique = {id(each): (path, each) for path, each in reversed(found.items())}
-    return list(reversed(unique.values()))
+    by_module: dict[int, tuple[str, nn.Module]] = {}
+    for path, child in walk(module):
+        if path in found:
+            by_module.setdefault(id(child), (path, child))
+    return list(by_module.values())
 
 
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -42,6 +42,13 @@ def test_on_a_gpu_a_margin_is_stated(cli: Cli, monkeypatch: pytest.MonkeyPatch) 
     assert cli("memory", MLP, "--input-size", "8,100", "--json").json["cublas_bytes"] == 0
 
 
+def test_gradients_are_as_large_as_the_parameters(cli: Cli) -> None:
+    """However the allocator splits its blocks: `parts` are rounded to 512 bytes alone."""
+    found = cli("memory", "resnet18", "--train", "sgd-momentum", "--json").json
+    assert found["parts"]["gradients"] == found["parts"]["optimizer"] == found["parts"]["params"]
+    assert found["parts"]["params"] % 512 == 0
+
+
 def test_a_recipe_with_a_frozen_backbone_takes_less(cli: Cli) -> None:
     words = ("memory", "--train", "adamw", "--device", "cpu", "--json")
     cli("load", MLP)

@@ -58,6 +58,10 @@ class CachingAllocator:
         self._free: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
         self._by_address: dict[int, _Block] = {}
 
+    def rounded(self, nbytes: int) -> int:
+        """Return the bytes of a block for `nbytes` that needs no part of another one."""
+        return rounded(nbytes)
+
     def allocate(self, nbytes: int) -> _Block | None:
         """Hand out a block of at least `nbytes`; None if nothing is asked for."""
         if nbytes <= 0:

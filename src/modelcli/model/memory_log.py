@@ -27,6 +27,8 @@ class Allocator(Protocol):
 
     def release(self, block: Any) -> None: ...
 
+    def rounded(self, nbytes: int) -> int: ...
+
 
 class PlainAllocator:
     """An allocator that hands out exactly the bytes that are asked for, as torch's allocator of the CPU does."""
@@ -41,6 +43,9 @@ class PlainAllocator:
 
     def release(self, block: int) -> None:
         self.allocated -= block
+
+    def rounded(self, nbytes: int) -> int:
+        return nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +147,8 @@ class Usage:
 
     Attributes:
         peak: the moment at which most was allocated.
-        whole: the bytes of each kind when there was most of it. `temporary` is that of the peak.
+        whole: the bytes of each kind when there was most of it, of blocks that are no larger than they have to be.
+            `temporary` is that of the peak.
         reserved: the bytes that the allocator had reserved at the end, which it keeps.
         modules: what each module that ran has to do with it, in the order in which they began.
     """
@@ -201,12 +207,13 @@ def replay(
         most = sum(parts.values())
     here = events[at] if events else None
     peak = Moment(most, parts, here.path if here else None, here.phase if here else "forward")
+    least = {event.block: allocator.rounded(event.nbytes) for event in events if event.what == _ALLOCATE}
     own: dict[str, int] = {}
     for event in events:
         if event.what == _ALLOCATE and event.path is not None and event.phase == "forward":
-            own[event.path] = own.get(event.path, 0) + (sizes[event.block] if event.block in kept else 0)
+            own[event.path] = own.get(event.path, 0) + (least[event.block] if event.block in kept else 0)
     modules = tuple(ModuleMemory(path, own.get(path, 0), nbytes) for path, nbytes in peaks.items())
-    return Usage(peak, _whole(events, sizes, kept, parts), allocator.reserved, modules)
+    return Usage(peak, _whole(events, least, kept, parts), allocator.reserved, modules)
 
 
 def _alive_after(events: Sequence[_Event]) -> dict[int, Kind]:

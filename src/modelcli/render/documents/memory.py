@@ -42,7 +42,7 @@ def memory(result: MemoryResult, *, top: int | None = None) -> View:
         ]
         columns: tuple[Column, ...] = (
             Column("kind", "memory"),
-            Column("most", "most", megabytes, right=True),
+            Column("most", "size", megabytes, right=True),
             Column("at_peak", "at the peak", megabytes, right=True),
         )
         return View(document, rows, columns, footer)

@@ -200,3 +200,46 @@ def test_lists_with_odd_names_and_lines(cli: Cli, folder: Path) -> None:
     (folder / "more.sha256").write_text(f"{'0' * 64}  in.safetensors\n")
     error = cli("save", "b.safetensors", "-m", "in.safetensors", "--verify", code=4).err
     assert "more.sha256 states" in " ".join(error.split())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sha256sum is one of the coreutils")
+@pytest.mark.parametrize(
+    ("made_in", "files", "place"),
+    [
+        (".", "in/*", "SHA256SUMS"),
+        (".", "in/*", "in/SHA256SUMS"),
+        (".", "./in/*", "in/checksums.txt"),
+        ("..", "{name}/in/*", "in/SHA256SUMS"),
+        ("in", "./*", "in/SHA256SUMS"),
+        ("in", "../in/*", "in/SHA256SUMS"),
+        ("in", "$PWD/*", "SHA256SUMS"),
+    ],
+)
+def test_lists_with_paths(cli: Cli, folder: Path, made_in: str, files: str, place: str) -> None:
+    shards(folder / "in")
+    line = f"sha256sum {files.format(name=folder.name)}"
+    listed = subprocess.run(["sh", "-c", line], cwd=folder / made_in, check=True, capture_output=True, text=True).stdout
+    (folder / place).write_text(listed)
+    assert f"3 source files match {place}\n" in cli("save", "good/", "-m", "in/", "--verify").err
+    damage(folder / "in" / SHARDS[1])
+    error = " ".join(cli("save", "out/", "-m", "in/", "--verify", code=4).err.split())
+    assert f"in/{SHARDS[1]} is damaged or another file" in error
+    assert f"and {place} states" in error
+    assert not (folder / "out").exists()
+
+
+def test_a_path_in_a_list_is_of_the_file_that_is_there(cli: Cli, folder: Path) -> None:
+    """`q/in.safetensors` in the list of q is of q/q/in.safetensors if that exists; a name is of no other folder."""
+    for name in ("q/q", "q"):
+        (folder / name).mkdir(exist_ok=True, parents=True)
+        save_file({"w": torch.full((4,), len(name))}, folder / name / "in.safetensors")
+    sums = folder / "q" / "SHA256SUMS"
+    sums.write_text(f"{digest(folder / 'q/q/in.safetensors')}  q/in.safetensors\n")
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  in.safetensors\n{'1' * 64}  {'x' * 300}/in.safetensors\n")
+    words = ("save", "out.pth", "--force", "--verify", "-m")
+    assert "matches q/SHA256SUMS" in cli(*words, "q/q/in.safetensors").err
+    assert "nothing states a checksum of q/in.safetensors" in cli(*words, "q/in.safetensors").err
+    sums.rename(folder / "q" / "in.safetensors.sha256")  # made elsewhere: it is of the file beside it
+    (folder / "q" / "in.safetensors.sha256").write_text(f"{'2' * 64}  /made/elsewhere/in.safetensors\n")
+    error = " ".join(cli(*words, "q/in.safetensors", code=4).err.split())
+    assert "q/in.safetensors.sha256 states" in error

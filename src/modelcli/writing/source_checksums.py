@@ -1,7 +1,8 @@
 """Compare the files that a checkpoint is made of with the checksums stated of them, before anything is written.
 
-A checksum is stated by `NAME.sha256` or a list such as `SHA256SUMS` beside a file, by the cache of huggingface_hub (the
-name of a blob, and the metadata of `hf download --local-dir`), and by a zip file, which has one for each record.
+A checksum is stated by `NAME.sha256` or a list such as `SHA256SUMS` beside a file or in the folder above, by the cache
+of huggingface_hub (the name of a blob, and the metadata of `hf download --local-dir`), and by a zip file, which has one
+for each record.
 """
 
 from __future__ import annotations
@@ -39,23 +40,81 @@ _ZIP = "the CRCs of zip records"
 
 @dataclass(frozen=True)
 class _Stated:
-    """A SHA-256 that is stated of a file, and where."""
+    """A SHA-256 that is stated of a file, and where. `kind` is what a note calls all such places; "" for `where`."""
 
     digest: str
     where: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of a list of checksums: the path of a file as it is spelt there, its SHA-256, and the list."""
+
+    file: str
+    digest: str
+    source: Path
+
+    def is_of(self, path: Path) -> bool:
+        """Whether the line is of a file. Its path is relative to the folder of the list.
+
+        A list may have been made in a folder above, and moved: `q/model.safetensors` in `q/SHA256SUMS`. So a path that
+        is not there is looked for from the folders above.
+
+        Args:
+            path: the file, as an absolute path.
+        """
+        folder, name = _absolute(self.source.parent), _name_in(self.file)
+        if name != self.file:
+            for above in (folder, *folder.parents):
+                if os.path.isfile(found := _absolute(above / self.file)):  # noqa: PTH113 (a name may be too long)
+                    return found == path
+            if self.source.stem != name:
+                return False  # else NAME.sha256, which is of the file beside it, wherever it was made
+        return folder / name == path
 
 
 @dataclass
 class _Lists:
-    """What the lists in each folder state, by the name of a file. Each is read once."""
+    """What the lists in each folder state, by the name of a file without its folder. Each is read once."""
 
-    _found: dict[Path, dict[str, list[_Stated]]] = field(default_factory=dict)
+    _found: dict[Path, dict[str, list[_Line]]] = field(default_factory=dict)
 
     def of(self, path: Path) -> list[_Stated]:
-        folder = path.parent
+        """Return what is stated of a file by the lists beside it, and by those in the folder above."""
+        folder, absolute = path.parent, _absolute(path)
+        stated = []
+        for there in (folder, _above(folder)):
+            for line in self._in(there, is_beside=there == folder).get(path.name, ()):
+                if line.is_of(absolute):
+                    is_own = there == folder and line.source.name.lower().endswith(ENDS)
+                    stated.append(_Stated(line.digest, str(line.source), _OWN if is_own else ""))
+        return stated
+
+    def _in(self, folder: Path, *, is_beside: bool) -> dict[str, list[_Line]]:
         if folder not in self._found:
-            self._found[folder] = _read_lists(folder)
-        return self._found[folder].get(path.name, [])
+            try:
+                self._found[folder] = _read_lists(folder)
+            except OSError:
+                if is_beside:
+                    raise
+                self._found[folder] = {}  # a home may be in a folder that its user cannot list
+        return self._found[folder]
+
+
+def _absolute(path: Path) -> Path:
+    """Return the absolute path. No link is followed."""
+    return Path(os.path.normpath(path.absolute()))
+
+
+def _name_in(file: str) -> str:
+    """Return the name in a path of a list: they are those of POSIX."""
+    return file.rpartition("/")[2]
+
+
+def _above(folder: Path) -> Path:
+    """Return the folder above one, spelt as that is."""
+    return folder.parent if folder.name not in ("", "..") else folder / ".."
 
 
 def check(files: Iterable[FileId], report: Report | None = None, group: Group = ALONE) -> list[str]:
@@ -98,7 +157,7 @@ def _compared(files: Iterable[FileId], report: Report | None) -> list[list[str]]
             with path.open("rb") as file:
                 if stated := _stated_of(path, lists):
                     _require_digest(path, file, stated, read)
-                    compared.append([_OWN if each.where.lower().endswith(ENDS) else each.where for each in stated])
+                    compared.append([each.kind or each.where for each in stated])
                 else:
                     compared.append([_ZIP] if _match_records(path, file, read) else [])
         except OSError as error:
@@ -171,12 +230,12 @@ def _stated_of(path: Path, lists: _Lists) -> list[_Stated]:
     return [*lists.of(path), *(_Stated(digest, where) for digest, where in hub_checksums.of(path))]
 
 
-def _read_lists(folder: Path) -> dict[str, list[_Stated]]:
+def _read_lists(folder: Path) -> dict[str, list[_Line]]:
     """Read the lists of checksums in a folder; lines that are none are left out.
 
-    Raises FileFormatError for a list that is too large, and SystemFailureError for one that cannot be read.
+    Raises FileFormatError for a list that is too large, and OSError for one that cannot be read.
     """
-    found: dict[str, list[_Stated]] = {}
+    found: dict[str, list[_Line]] = {}
     for path in sorted(folder.iterdir()):
         if not is_list(path.name) or not path.is_file():
             continue
@@ -184,8 +243,8 @@ def _read_lists(folder: Path) -> dict[str, list[_Stated]]:
             raise FileFormatError(f"{path} has {size:,} bytes; a list of checksums has at most {_MAX_BYTES:,}")
         text = bytes(read_regular(path)).decode("utf-8", "surrogateescape")
         for line in text.splitlines():
-            for own, digest in _read_line(line, path):
-                found.setdefault(own, []).append(_Stated(digest.lower(), path.name))
+            for file, digest in _read_line(line, path):
+                found.setdefault(_name_in(file), []).append(_Line(file, digest.lower(), path))
     return found
 
 

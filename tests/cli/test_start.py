@@ -49,7 +49,8 @@ LIKENESS = {
 #: The reader of each format, and the declarations of the formats that are tried before it.
 READERS = {
     "pth": {
-        *("checkpoints.torch_programs", "checkpoints.torch_pickle", "checkpoints.torch_pickle.recognition"),
+        *("checkpoints.torch_programs", "checkpoints.torch_pickle", "checkpoints.torch_pickle.names"),
+        "checkpoints.torch_pickle.recognition",
         *("checkpoints.zip_archives", "checkpoints.zip_archives.directory", "checkpoints.zip_archives.inflating"),
         *(
             f"checkpoints.torch_pickle.{name}"
@@ -60,7 +61,8 @@ READERS = {
         ),
     },
     "safetensors": {
-        *("checkpoints.torch_programs", "checkpoints.torch_pickle", "checkpoints.torch_pickle.recognition"),
+        *("checkpoints.torch_programs", "checkpoints.torch_pickle", "checkpoints.torch_pickle.names"),
+        "checkpoints.torch_pickle.recognition",
         *("checkpoints.sharded", "checkpoints.sharded.names"),
         *("checkpoints.distributed", "checkpoints.distributed.names"),
         *("checkpoints.safetensors", "checkpoints.safetensors.reading"),

@@ -122,6 +122,11 @@ def test_a_written_checkpoint_brings_its_architecture_and_its_frozen_parameters(
     [
         (("--train", "lion"), "unknown optimizer 'lion'"),
         (("--amp", "int8"), "autocast casts to bfloat16 or float16, not 'int8'"),
+        (("--dtype", "int8"), "not in int8"),
+        (("--dtype", "float8_e4m3fn"), "not in float8_e4m3fn"),
+        (("--batch", str(10**18)), "which no tensor can hold"),
+        (("--batch", str(10**30)), "which no tensor can hold"),
+        (("--fits", "900TB"), "modelcli tries none above"),
         (("--device", "tpu"), "unknown device 'tpu'"),
         (("--checkpointing",), "inference has none"),
         (("--checkpointing", "--train", "sgd"), "finds no blocks"),

@@ -15,6 +15,8 @@ from modelcli.model.memory_estimate import MemoryEstimate
 TRAIN = ("adamw", "adam", "sgd", "sgd-momentum", "none")
 #: What `--amp` takes.
 AMP = ("bfloat16", "float16")
+#: What `--dtype` takes: the dtypes that layers compute in.
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 DEVICES = ("cuda", "cpu")
 
 
@@ -89,6 +91,8 @@ def _require_sense(request: MemoryRequest) -> None:
         )
     if request.amp not in (None, *AMP):
         raise RequestError(f"autocast casts to {' or '.join(AMP)}, not {request.amp!r}", f"pass --amp {AMP[0]}")
+    if request.dtype not in (None, *DTYPES):
+        raise RequestError(f"layers compute in {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, not in {request.dtype}")
     if request.device not in DEVICES:
         raise RequestError(f"unknown device {request.device!r}", "pass --device cuda or --device cpu")
     if request.checkpointing and request.train in (None, "none"):

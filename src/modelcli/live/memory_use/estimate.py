@@ -196,7 +196,7 @@ class Estimator:
         Two passes tell roughly how the memory grows; the batches next to the border are tried by passes of their own:
         the largest one that fits, and the next one, which does not.
 
-        Raises RequestError if no step can be made, or if the memory does not depend on the batch.
+        Raises RequestError if no step can be made, or if a batch of a million would fit.
         """
         tried: dict[int, MemoryEstimate] = {}
 
@@ -226,8 +226,8 @@ class Estimator:
             guess = min(guess, high - 1 if high is not None else 8 * low)
             if guess > _MOST:
                 raise RequestError(
-                    f"a batch of {_MOST} would still fit: the memory hardly depends on the batch size",
-                    "remove --fits",
+                    f"a batch of {low} fits, and modelcli tries none above {_MOST}",
+                    f"pass --batch {low} for its memory, or --fits with a smaller size",
                 )
             if total(guess) > nbytes:
                 high = guess

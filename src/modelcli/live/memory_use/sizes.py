@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from modelcli.errors import RequestError
@@ -10,6 +11,20 @@ from modelcli.wording import listed
 
 #: The inputs that hold tokens, in the order in which one decides how long the input is.
 _TOKENS = ("input_ids", "decoder_input_ids")
+
+
+#: The most elements of an input: torch counts bytes in 63 bits.
+_MOST_ELEMENTS = 2**59
+
+
+def _required_possible(inputs: Inputs, option: str) -> Inputs:
+    """Return the inputs. Raises RequestError if torch can make no tensor of such a size."""
+    for shape in inputs.all_shapes:
+        if math.prod(shape) > _MOST_ELEMENTS:
+            raise RequestError(
+                f"{option} gives an input of {list(shape)}, which no tensor can hold", "pass a smaller one"
+            )
+    return inputs
 
 
 def batch_of(inputs: Inputs) -> int | None:
@@ -34,7 +49,8 @@ def with_batch(inputs: Inputs, batch: int) -> Inputs:
         return (batch, *shape[1:]) if has_batch else shape
 
     named = tuple(item if item.shape is None else replace(item, shape=changed(item.shape)) for item in inputs.named)
-    return replace(inputs, shapes=tuple(map(changed, inputs.shapes)), named=named)
+    changed_inputs = replace(inputs, shapes=tuple(map(changed, inputs.shapes)), named=named)
+    return _required_possible(changed_inputs, f"--batch {batch}")
 
 
 def with_context(inputs: Inputs, length: int) -> Inputs:
@@ -56,4 +72,4 @@ def with_context(inputs: Inputs, length: int) -> Inputs:
         else item
         for item in inputs.named
     )
-    return replace(inputs, named=named)
+    return _required_possible(replace(inputs, named=named), f"--context {length}")

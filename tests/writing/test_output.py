@@ -10,6 +10,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import safetensors.torch
 import torch
 
 from modelcli import checkpoints, writing
+from modelcli.checkpoints.distributed import reading as distributed
 from modelcli.checkpoints.layout import LARGE, PAGE, Bytes, HeaderLayout, place_like
 from modelcli.checkpoints.storage import Span, identity_of
 from modelcli.checkpoints.zip_archives import directory as zip_directory
@@ -542,3 +544,26 @@ def test_a_tensor_larger_than_a_shard_has_a_file_of_its_own_and_a_note(cli: Cli,
     assert "d has 4,000 bytes, more than the 3,999 of a shard, and a file of its own" in told
     assert "other tensor" not in told
     assert "of a shard" not in cli(*words, "4KB").err
+
+
+def test_what_is_not_as_it_was_written_is_named_as_the_user_does(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is checked before it has its name, through a handle."""
+    torch.save({"a": torch.ones(1000)}, "in.pth")
+    original = writing._write_files
+
+    def cut_short(share: Any, temporary: Path, book: Any) -> None:
+        original(share, temporary, book)
+        os.truncate(temporary / "__0_0.distcp", 500)
+
+    words = ("save", "out/", "-m", "in.pth", "--format-out", "dcp")
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, "_write_files", cut_short)
+        error = " ".join(cli(*words, code=5).err.split())
+    assert "what was read back is damaged; nothing was changed: out/" in error
+    assert "/proc/" not in error
+    read = distributed.read
+    monkeypatch.setattr(distributed, "read", lambda path, key: replace(read(path, key), tensors={}))
+    assert "what was read back from out is not what was written" in " ".join(cli(*words, code=5).err.split())
+    assert not (folder / "out").exists()

@@ -64,12 +64,12 @@ def interrupted(
     """Run a command in which `error` is raised when it enters its shard number `at`."""
     original, count = Journal.add, 0
 
-    def add(self: Journal, name: str, file: Any) -> None:
+    def add(self: Journal, name: str, file: Any, *more: Any) -> None:
         nonlocal count
         count += 1
         if count == at:
             raise error
-        original(self, name, file)
+        original(self, name, file, *more)
 
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "add", add)
@@ -91,9 +91,9 @@ def test_ctrl_c_keeps_complete_shards_and_another_run_takes_them(
     written: list[str] = []
     original = Journal.add
 
-    def add(self: Journal, name: str, file: Any) -> None:
+    def add(self: Journal, name: str, file: Any, *more: Any) -> None:
         written.append(name)
-        original(self, name, file)
+        original(self, name, file, *more)
 
     monkeypatch.setattr(Journal, "add", add)
     told = cli(*words(kind, "--resume", "--verify")).err
@@ -344,3 +344,31 @@ def test_killed_at_any_moment_and_again(cli: Cli, folder: Path, kind: str, turn:
     assert contents(folder / "out") == contents(folder / "whole")
     assert not left(folder)
     assert json.loads(cli("hash", "out/", "--json").out)["hash"] == cli("hash", "whole/", "--json").json["hash"]
+
+
+def test_the_checksums_of_shards_are_reported(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that reads a large shard for its checksum gets on, and must not count as hung."""
+    source(folder)
+    monkeypatch.setattr(journal, "CHUNK", 1000)
+    told: list[tuple[int, int]] = []
+    original = writing._report_of
+
+    def report_of(options: Any) -> Any:
+        report = original(options)
+
+        def noted(done: int, total: int, doing: str) -> None:
+            if doing == "checking":
+                told.append((done, total))
+            if report is not None:
+                report(done, total, doing)
+
+        return noted
+
+    monkeypatch.setattr(writing, "_report_of", report_of)
+    interrupted(cli, monkeypatch, 4, KeyboardInterrupt(), *words("safetensors", "--resume"))
+    added = len(told)
+    assert added >= 3 * 4  # shards of 4 kB, in pieces of 1000 bytes
+    cli(*words("safetensors", "--resume"))
+    assert len(told) - added >= 7 * 4  # of which three were there
+    assert told == sorted(told[:added]) + sorted(told[added:])
+    assert all(done <= total for done, total in told)

@@ -22,7 +22,7 @@ from modelcli.checkpoints.format import Format, RecordTooLargeError
 from modelcli.checkpoints.layout import FolderLayout, Layout
 from modelcli.checkpoints.plan import Plan, PlannedStorage, PlannedTensor, Source, Written
 from modelcli.checkpoints.storage import FileId, require_unchanged
-from modelcli.errors import RequestError, SystemFailureError
+from modelcli.errors import ModelcliError, RequestError, SystemFailureError
 from modelcli.files import atomic
 from modelcli.files.checksum_lists import is_list
 from modelcli.language.quoting import quoted
@@ -185,7 +185,8 @@ def _write_file(plan: Plan, path: Path, format_: Format, options: WriteOptions) 
             outputs.append(output)
             layout.write(output)
         _require_size(path, file.fileno(), layout.nbytes)
-        format_.verify(plan, temporary)
+        with _named(path, temporary):
+            format_.verify(plan, temporary)
         if options.verify:
             _compare(file, path, layout.parts(), layout.nbytes, report)
     return layout.nbytes, notes
@@ -224,10 +225,22 @@ def _write_folder(plan: Plan, path: Path, format_: Format, options: WriteOptions
         _write_files(share, temporary, book)
         taken_over = sum(map(int, group.exchange("written", str(len(share.taken_over)).encode())))
         options.when_written()
-        format_.verify_folder(plan, folder, temporary)
+        with _named(path, temporary):
+            format_.verify_folder(plan, folder, temporary)
         if book is not None:
             book.remove()
     return folder.nbytes, (*notes, *_notes_on_interrupted(share, taken_over), *folder.notes)
+
+
+@contextlib.contextmanager
+def _named(path: Path, temporary: Path) -> Iterator[None]:
+    """Let errors of the block name what the user does, not the temporary file or folder that will be it."""
+    try:
+        yield
+    except ModelcliError as error:
+        error.message = error.message.replace(str(temporary), str(path))
+        error.args = (error.message,)
+        raise
 
 
 def _superseded(format_: Format, folder: Path) -> set[str]:
@@ -345,7 +358,8 @@ def _write_files(share: _Share, temporary: Path, book: Journal | None) -> None:
     options.group.moved(0, total)
     for name in share.names:
         layout, target, after = share.folder.files[name], share.path / name, _after(report, done)
-        is_there = book is not None and book.has(name, layout)
+        read = _reading(after, total)
+        is_there = book is not None and book.has(name, layout, read)
         with (temporary / name).open("rb+" if is_there else "xb+", buffering=0) as file:
             if is_there:
                 share.taken_over.append(name)
@@ -359,7 +373,7 @@ def _write_files(share: _Share, temporary: Path, book: Journal | None) -> None:
             if options.verify:
                 _compare(file, target, layout.parts(), total, after)
             if book is not None and not is_there:
-                book.add(name, file)
+                book.add(name, file, read)
             elif options.group.rank and options.durable:  # rank 0 cannot flush what another machine's system holds
                 os.fsync(file.fileno())
         done += layout.nbytes
@@ -399,6 +413,11 @@ def _require_all_unchanged(share: _Share) -> None:
 def _after(report: Report | None, done: int) -> Report | None:
     """Return the report function for one file of several, of which `done` bytes have been written."""
     return None if report is None else lambda more, total, doing: report(done + more, total, doing)
+
+
+def _reading(report: Report | None, total: int) -> Callable[[int], None]:
+    """Return what is told of the bytes of a file that are read for its checksum, of `total` in all files."""
+    return lambda nbytes: None if report is None else report(nbytes, total, "checking")
 
 
 def _require_unchanged(outputs: Iterable[Output], options: WriteOptions) -> None:

@@ -32,6 +32,10 @@ _WORK = "work.json"
 _MAX_BYTES = 100_000_000
 
 
+#: Called with the bytes of a file that were read so far: the one who reads it gets on.
+Read = Callable[[int], None]
+
+
 class Watch(Protocol):
     """Remembers whether a value was met that the user hears of."""
 
@@ -132,8 +136,14 @@ class Journal:
         self._write(_WORK, {"work": self._work.digest})
         sync_folder(self._folder)
 
-    def has(self, name: str, layout: Layout) -> bool:
-        """Whether a file is complete and as its entry states. A file that is not is removed, to be written again."""
+    def has(self, name: str, layout: Layout, read: Read = lambda _nbytes: None) -> bool:
+        """Whether a file is complete and as its entry states. A file that is not is removed, to be written again.
+
+        Args:
+            name: the name of the file.
+            layout: what it should contain.
+            read: told of the bytes that were read, all of which the SHA-256 is of.
+        """
         path = self._folder / name
         stated = _read(self._folder / NAME / _entry_of(name))
         try:
@@ -145,7 +155,7 @@ class Journal:
                 name in self._work.sources
                 and (stated.get("name"), stated.get("nbytes")) == (name, layout.nbytes)
                 and os.fstat(file.fileno()).st_size == layout.nbytes
-                and stated.get("sha256") == _digest_of(file)
+                and stated.get("sha256") == _digest_of(file, read)
             )
         if not is_whole:
             path.unlink()
@@ -154,14 +164,20 @@ class Journal:
             self._watches[number].seen = True
         return True
 
-    def add(self, name: str, file: BinaryIO) -> None:
-        """Enter a file that was written: its bytes go to the disk, and then its entry does."""
+    def add(self, name: str, file: BinaryIO, read: Read = lambda _nbytes: None) -> None:
+        """Enter a file that was written: its bytes go to the disk, and then its entry does.
+
+        Args:
+            name: the name of the file.
+            file: the file, open for reading.
+            read: told of the bytes that were read, all of which the SHA-256 is of.
+        """
         os.fsync(file.fileno())
         sync_folder(self._folder)
         file.seek(0)
         nbytes = os.fstat(file.fileno()).st_size
         seen = [number for number, watch in enumerate(self._watches) if watch.seen]
-        self._write(_entry_of(name), {"name": name, "nbytes": nbytes, "sha256": _digest_of(file), "seen": seen})
+        self._write(_entry_of(name), {"name": name, "nbytes": nbytes, "sha256": _digest_of(file, read), "seen": seen})
 
     def remove(self) -> None:
         """Remove the journal: the folder is complete."""
@@ -200,8 +216,10 @@ def _read(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _digest_of(file: BinaryIO) -> str:
-    made = hashlib.sha256()
+def _digest_of(file: BinaryIO, read: Read) -> str:
+    made, done = hashlib.sha256(), 0
     while data := file.read(CHUNK):
         made.update(data)
+        done += len(data)
+        read(done)
     return made.hexdigest()

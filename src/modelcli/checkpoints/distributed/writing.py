@@ -94,7 +94,7 @@ def verify(plan: Plan, layout: FolderLayout, path: Path) -> None:
         raise SystemFailureError(f"what was read back is damaged; nothing was changed: {error.message}") from None
     found = {name: (entry.shape, entry.dtype) for name, entry in contents.tensors.items()}
     if found != {name: (tensor.shape, tensor.dtype) for name, tensor in plan.tensors.items()}:
-        raise SystemFailureError(f"what was read back from {path.parent} is not what was written; nothing was changed")
+        raise SystemFailureError(f"what was read back from {path} is not what was written; nothing was changed")
 
 
 def superseded(folder: Path) -> set[str]:

@@ -86,4 +86,4 @@ def verify(plan: Plan, path: Path) -> None:
     wanted = {name: (t.shape, t.dtype, t.source.nbytes) for name, t in plan.tensors.items()}
     wanted |= {name: (e.shape, e.dtype, e.stored_bytes) for name, e in plan.composites.items()}
     if found != wanted:
-        raise SystemFailureError(f"what was read back from {path.parent} is not what was written; nothing was changed")
+        raise SystemFailureError(f"what was read back from {path} is not what was written; nothing was changed")

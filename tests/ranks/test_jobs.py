@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from modelcli.errors import SystemFailureError
 from modelcli.files.atomic import TEMPORARY
+from modelcli.ranks import starting
 from tests.conftest import Cli
 
 
@@ -121,3 +123,40 @@ def test_workers_import_nothing_from_the_current_folder(cli: Cli, folder: Path, 
         (folder / name).write_text(code)
     cli("hash", "in.pth", "--jobs", 2)
     assert not (folder / "was-imported").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "is_shared"),
+    [
+        (("params", "in.pth"), False),
+        (("params", "in.pth", "--stats"), True),
+        (("check", "in.pth", "--safe", "--max-params", "1M"), False),
+        (("check", "in.pth", "--finite"), True),
+        (("check", "in.pth", "--same-as", "in.pth"), True),
+        (("check", "in.pth", "--hash", "sha256:" + "0" * 64), True),
+        (("diff", "in.pth", "in.pth", "--no-values"), False),
+        (("diff", "in.pth", "in.pth"), True),
+        (("hash", "in.pth"), True),
+        (("remove", "layers.1", "-m", "in.pth"), False),
+        (("remove", "layers.1", "-m", "in.pth", "-o", "out/", "--dry-run"), False),
+        (("remove", "layers.1", "-m", "in.pth", "-o", "out/"), True),
+        (("apply", "-e", "remove layers.1", "-m", "in.pth"), False),
+        (("apply", "-e", "remove layers.1", "-m", "in.pth", "-o", "out/"), True),
+        (("save", "out/", "-m", "in.pth", "--dry-run"), False),
+        (("save", "out/", "-m", "in.pth"), True),
+    ],
+)
+def test_no_worker_is_started_where_nothing_is_shared(
+    cli: Cli,
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    is_shared: bool,
+):
+    def refuse(*_given: object) -> None:
+        raise SystemFailureError("a worker was started")
+
+    monkeypatch.setattr(starting, "_started", refuse)
+    found = cli(*words, "--jobs", 2, code=5 if is_shared else 0)
+    assert ("a worker was started" in found.err) == is_shared

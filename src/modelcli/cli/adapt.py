@@ -6,7 +6,7 @@ import typer
 
 from modelcli.cli import output, progress
 from modelcli.cli.mounting import Command
-from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, exit_codes
+from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, exit_codes, writes_file
 from modelcli.cli.outcome import show_outcome, tell_waiting, write_request
 from modelcli.errors import RequestError
 
@@ -61,4 +61,4 @@ def adapt(
 
 
 def commands() -> list[Command]:
-    return [Command("adapt", adapt, "Edit", exit_codes(0, 2, 3, 4, 5), shares_work=True)]
+    return [Command("adapt", adapt, "Edit", exit_codes(0, 2, 3, 4, 5), shares_work=writes_file)]

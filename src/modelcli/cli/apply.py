@@ -10,7 +10,7 @@ import typer
 from modelcli import ranks
 from modelcli.cli import completing, output, progress
 from modelcli.cli.mounting import Command
-from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, UnheededOptions, exit_codes
+from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, UnheededOptions, exit_codes, writes_file
 from modelcli.cli.outcome import keys_shown, show_outcome, tell_waiting, write_request
 from modelcli.errors import RequestError
 from modelcli.language.quoting import quoted
@@ -151,4 +151,4 @@ def _standard_input() -> list[tuple[str, str]]:
 def commands() -> list[Command]:
     codes = exit_codes(0, 2, 3, 4, 5)
     panel = "Read and write"
-    return [Command("script", script, panel, codes), Command("apply", apply, panel, codes, shares_work=True)]
+    return [Command("script", script, panel, codes), Command("apply", apply, panel, codes, shares_work=writes_file)]

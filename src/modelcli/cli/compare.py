@@ -1,5 +1,6 @@
 """The commands diff, check and identify, which answer yes or no, for scripts and CI."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
 
@@ -188,6 +189,11 @@ def identify(
     return 0 if found.matches else 1
 
 
+def _reads_values(given: Mapping[str, Any]) -> bool:
+    """Whether assertions are of values, by their options: only these are shared out."""
+    return bool(given["finite"] or given["same_as"] or given["content_hash"])
+
+
 def commands() -> list[Command]:
     return [
         Command(
@@ -196,11 +202,11 @@ def commands() -> list[Command]:
             "Compare",
             exit_codes(0, 1, 2, 3, 4, 5, no=no),
             kind,
-            shares_work=function is not identify,
+            shares_work=shares,
         )
-        for function, no, kind in (
-            (diff, "they differ", TyperCommand),
-            (check, "an assertion fails", AssertionsCommand),
-            (identify, "no known model is close", TyperCommand),
+        for function, no, kind, shares in (
+            (diff, "they differ", TyperCommand, lambda given: given["values"]),
+            (check, "an assertion fails", AssertionsCommand, _reads_values),
+            (identify, "no known model is close", TyperCommand, False),
         )
     ]

@@ -11,7 +11,15 @@ import typer
 from modelcli import edits
 from modelcli.cli import completing, output, progress
 from modelcli.cli.mounting import Command, ProgramCommand
-from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, WorkOptions, exit_codes, names_of
+from modelcli.cli.options import (
+    EditOptions,
+    OutputOptions,
+    SourceOptions,
+    WorkOptions,
+    exit_codes,
+    names_of,
+    writes_file,
+)
 from modelcli.cli.outcome import keys_shown, show_outcome, tell_waiting, write_request
 from modelcli.edits import Edit, declaring
 from modelcli.edits.declaring import Operand, Option
@@ -62,7 +70,7 @@ def command_of(kind: type[Edit]) -> Command:
         _codes_of(kind),
         _class_for(kind),
         context_settings=_NUMBERS_ALLOWED,
-        shares_work=True,
+        shares_work=writes_file,
     )
 
 

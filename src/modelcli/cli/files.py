@@ -1,6 +1,6 @@
 """The commands load, save, log and undo, which start, write and change the working recipe."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,6 +124,11 @@ def _show_log(path: Path, options: OutputOptions, notes: Sequence[str] = ()) -> 
     output.show(documents.log(recipe_log.log(path)), options, notes)
 
 
+def _writes(given: Mapping[str, Any]) -> bool:
+    """Whether `save` writes the result, by its options."""
+    return not given["dry_run"]
+
+
 def commands() -> list[Command]:
     codes: dict[Callable[..., Any], str] = {
         load: exit_codes(0, 1, 2, 3, 4, 5, no="the keys do not match"),
@@ -132,6 +137,12 @@ def commands() -> list[Command]:
         undo: exit_codes(0, 2, 5),
     }
     return [
-        Command(function.__name__, function, "Read and write", text, shares_work=function is save)
+        Command(
+            function.__name__,
+            function,
+            "Read and write",
+            text,
+            shares_work=function is save and _writes,
+        )
         for function, text in codes.items()
     ]

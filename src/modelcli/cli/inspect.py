@@ -300,7 +300,7 @@ def commands() -> list[Command]:
             function,
             "Inspect",
             exit_codes(0, 2) if function is list_builders else exit_codes(0, 2, 3, 4, 5),
-            shares_work=function is params,
+            shares_work=function is params and (lambda given: given["stats"]),
         )
         for name, function in functions.items()
     ]

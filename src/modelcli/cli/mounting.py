@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command_from_info
 from typer.models import CommandInfo
 
-from modelcli.cli.options import expanded
+from modelcli.cli.options import SharesWork, expanded
 
 #: The entry of `files` that stands for all edits and decides their position in the help.
 EDITS = "(edits)"
@@ -45,7 +45,8 @@ class Command(NamedTuple):
         epilog: the last lines of its help.
         cls: the class of the Typer command.
         context_settings: settings of Typer's context.
-        shares_work: whether several ranks share the work out. It then has `--jobs`; else rank 0 carries it out alone.
+        shares_work: whether several ranks share the work out, or a function of the options that says whether they do
+            with these. It then has `--jobs`; else rank 0 carries it out alone.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Command(NamedTuple):
     epilog: str | None = None
     cls: type[TyperCommand] = ProgramCommand
     context_settings: Mapping[str, Any] = {}
-    shares_work: bool = False
+    shares_work: SharesWork = False
 
     def built(self) -> Any:
         """Return the command with its arguments and options, for Typer to run."""

@@ -540,10 +540,20 @@ def _named_in_capitals(parameter: inspect.Parameter) -> None:
             info.click_type = info.click_type or (None if info.min is not None else _Word())
 
 
-def expanded(function: Callable[..., Any], *, shares_work: bool = False) -> Callable[..., Any]:
+#: Whether several ranks share the work of a command, or a function of its arguments and options that says it.
+SharesWork = bool | Callable[[Mapping[str, Any]], bool]
+
+
+def writes_file(given: Mapping[str, Any]) -> bool:
+    """Whether an edit is about to write a checkpoint, by its options: only that is shared out."""
+    return given["out"] is not None and not given["dry_run"]
+
+
+def expanded(function: Callable[..., Any], *, shares_work: SharesWork = False) -> Callable[..., Any]:
     """Return the function with each parameter of an option group replaced by its options, as Typer needs it.
 
-    A function that `shares_work` gets `WorkOptions` too, and runs on all ranks; any other runs on rank 0 alone.
+    A function that `shares_work` gets `WorkOptions` too, and runs on all ranks; any other runs on rank 0 alone. Where
+    nothing is shared out with the options given, `--jobs` starts no process.
     """
     signature = inspect.signature(function, eval_str=True)
     parameters: list[inspect.Parameter] = []
@@ -563,7 +573,8 @@ def expanded(function: Callable[..., Any], *, shares_work: bool = False) -> Call
     def call(*args: Any, **given: Any) -> Any:
         if shares_work:
             jobs = given.pop("jobs")
-            with parallel.workers(jobs):
+            is_shared = shares_work(given) if callable(shares_work) else True
+            with parallel.workers(jobs if is_shared else None):
                 return carry_out(*args, **given)
         parallel.only_rank_0()
         return carry_out(*args, **given)

@@ -242,6 +242,19 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def _run(name: str) -> tuple[str, str]:
+    """Measure one model in a process of its own, and return what it printed on standard output and standard error."""
+    command = [sys.executable, __file__, "--one", name]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        try:
+            subprocess.run(command, stdout=out, stderr=errors, check=False, timeout=300)
+        except subprocess.TimeoutExpired:
+            errors.write("it took more than 300 s")
+        out.seek(0)
+        errors.seek(0)
+        return out.read(), errors.read()
+
+
 def main() -> int:
     """Measure all models, and write the table."""
     parser = argparse.ArgumentParser(description="Measure the memory of steps on a GPU.")
@@ -259,12 +272,10 @@ def main() -> int:
         return 1
     rows: list[dict[str, Any]] = []
     for name in options.models:
-        ran = subprocess.run(
-            [sys.executable, __file__, "--one", name], capture_output=True, text=True, check=False, timeout=600
-        )
-        found = [json.loads(line[4:]) for line in ran.stdout.splitlines() if line.startswith("ROW ")]
-        if not found:
-            found = [{"model": name, "case": "all", "error": ran.stderr[-500:]}]
+        out, errors = _run(name)
+        found = [json.loads(line[4:]) for line in out.splitlines() if line.startswith("ROW ")]
+        if len(found) < len(CASES):  # it ended early: what it said last tells why
+            found.append({"model": name, "case": "the rest", "error": errors[-500:]})
         rows += found
         for row in found:
             print(

@@ -83,6 +83,21 @@ def test_the_script_can_make_each_step(pair: tuple[Measured, Case]) -> None:
     assert measure(*pair, device="cpu") == {}
 
 
+def test_a_model_that_ends_early_is_listed_with_its_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A row that was measured stays, and what the process said last is in the table."""
+    import torch
+
+    row = {"model": "alexnet", "case": "inference", "allocated": 10, "estimated": 11, "ratio": 1.1}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measure_memory, "machine", lambda: {"gpu": "a GPU"})
+    monkeypatch.setattr(measure_memory, "_run", lambda _name: (f"ROW {json.dumps(row)}\nother\n", "out of memory"))
+    monkeypatch.setattr("sys.argv", ["measure_memory.py", "--out", str(tmp_path / "table.json"), "--models", "alexnet"])
+    assert measure_memory.main() == 0
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["gpu"] == "a GPU"
+    assert table["rows"] == [row, {"model": "alexnet", "case": "the rest", "error": "out of memory"}]
+
+
 def test_without_a_gpu_the_script_says_so(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

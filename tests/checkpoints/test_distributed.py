@@ -389,6 +389,20 @@ if rank == 3:
     mesh._coordinate_on_dim = type(mesh._coordinate_on_dim)((2**40, 0))
 pathlib.Path(folder, "far").mkdir(exist_ok=True)
 torch.save({"blocks": state["blocks"]}, f"{folder}/far/rank{rank}.pt")
+if hasattr(torch.cpu.Stream, "record_event"):  # without it, FSDP does not run on the CPU
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, StateDictType
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3, bias=False))
+    path = pathlib.Path(folder, "hybrid")
+    path.mkdir(exist_ok=True)
+    if rank == 0:
+        torch.save(model.state_dict(), f"{folder}/hybrid.pth")
+    own = (groups[rank // 2], groups[2 + rank % 2])
+    how = {"sharding_strategy": ShardingStrategy.HYBRID_SHARD, "device_id": torch.device("cpu")}
+    model = FullyShardedDataParallel(model, process_group=own, use_orig_params=True, **how)
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
+        torch.save(model.state_dict(), path / f"pytorch_model_fsdp_0_rank{rank}.bin")
 dist.destroy_process_group()
 """
 
@@ -505,6 +519,23 @@ def test_what_fsdp1_writes(cli: Cli, two: Path, folder: Path, kind: str) -> None
     assert_same(app.tree, as_torch_loads(path / "app"))
     cli("save", "out.pth", "-m", path / "files")
     assert_same(torch.load("out.pth", weights_only=True), dict(wanted))
+
+
+@needs_torch("cpu.Stream.record_event")
+def test_the_files_of_groups_of_ranks_that_shard_alone(cli: Cli, four: Path, folder: Path) -> None:
+    """HYBRID_SHARD of FSDP1: nothing in the files says that two groups have the same values."""
+    error = " ".join(cli("params", four / "hybrid", code=4).err.split())
+    assert "its part of 0.weight is one of 2, of 4 ranks: several groups of ranks have parts of it" in error
+    assert "HYBRID_SHARD" in error
+    assert "put the files of one group, such as ranks 0 to 1, into a folder of their own" in error
+    for first in (0, 2):  # what the hint says
+        path = folder / f"group{first}"
+        path.mkdir()
+        for rank in (first, first + 1):
+            shutil.copy(four / "hybrid" / f"pytorch_model_fsdp_0_rank{rank}.bin", path)
+        assert_same(checkpoints.read(path).tensors, torch.load(four / "hybrid.pth", weights_only=True))
+    (path / "pytorch_model_fsdp_0_rank3.bin").unlink()
+    assert "is one of 2, of 4 ranks" in " ".join(cli("params", path, code=4).err.split())
 
 
 @needs_torch("cpu.Stream.record_event")

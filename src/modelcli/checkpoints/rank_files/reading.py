@@ -288,7 +288,7 @@ def _joined(name: str, ranks: Sequence[_Rank], values: Sequence[Any]) -> TensorE
         for rank, value in zip(ranks, values, strict=True):
             if _class_of(value) == "DTensor" or _sharded_shape(rank, name, value) != shape:
                 raise rank.damaged(f"its part of {name} is of another tensor than that in {ranks[0].path.name}")
-            _require_all(rank, _world_of(rank, name, value), ranks)
+            _require_group(rank, name, value, ranks)
             for offsets, tensor in _shards(rank, name, value):
                 dtype = dtype or tensor.dtype
                 if tensor.dtype != dtype:
@@ -486,12 +486,24 @@ def _sharded_shape(rank: _Rank, name: str, value: Opaque) -> Shape:
     return _sizes(rank, name, metadata.get("size"))
 
 
-def _world_of(rank: _Rank, name: str, value: Opaque) -> int | None:
-    """Return the number of ranks, if the file states it."""
+def _require_group(rank: _Rank, name: str, value: Opaque, ranks: Sequence[_Rank]) -> None:
+    """Raise FileFormatError unless the files are those of the group of ranks that have the parts of a tensor.
+
+    Where there are several such groups (HYBRID_SHARD of FSDP1, or experts), the files do not say whether they have the
+    same values, so the files of one group are read, and those of several are not.
+    """
     state = _sharded_state(rank, name, value)
-    group = state[2].state if len(state) > 2 and isinstance(state[2], Opaque) else None
-    count = group.get("local_world_size") if isinstance(group, dict) else None
-    return count if type(count) is int else None
+    of_group = state[2].state if len(state) > 2 and isinstance(state[2], Opaque) else None
+    stated = of_group if isinstance(of_group, dict) else {}
+    size, world = stated.get("local_world_size"), stated.get("global_world_size")
+    if type(size) is int and type(world) is int and 0 < size < world and size != len(ranks):
+        raise FileFormatError(
+            f"{rank.path} says that its part of {name} is one of {size:,}, of {counted(world, 'rank')}: several groups "
+            "of ranks have parts of it, as in HYBRID_SHARD of FSDP, and the files do not say that these are the same",
+            f"if they are, put the files of one group, such as ranks 0 to {size - 1:,}, into a folder of their own, "
+            "and name it",
+        )
+    _require_all(rank, size if type(size) is int else None, ranks)
 
 
 def _shards(rank: _Rank, name: str, value: Opaque) -> list[tuple[Shape, TensorEntry]]:

@@ -576,3 +576,19 @@ def test_the_optimizer_of_bf16_states_no_stage(folder: Path) -> None:
     for path in step.glob("*optim*"):
         rewritten(path, lambda states: states.pop("zero_stage"))
     assert_is_the_model(checkpoints.read(step).tensors)
+
+
+def test_states_may_be_links_to_outside_and_the_step_that_latest_names_may_not(folder: Path) -> None:
+    """The states are found by listing their folder, so a link is the user's own; `latest` is a file of the run."""
+    step = write(folder / "run", 3, 2)
+    links = folder / "links" / STEP
+    links.mkdir(parents=True)
+    for path in step.iterdir():
+        (links / path.name).symlink_to(path)
+    assert_is_the_model(checkpoints.read(links).tensors)
+    (folder / "other").mkdir()
+    (folder / "other" / STEP).symlink_to(step)
+    assert_is_the_model(checkpoints.read(folder / "other").tensors)
+    (folder / "other" / "latest").write_text(STEP)
+    with pytest.raises(FileFormatError, match="should hold the name of a folder beside it"):
+        checkpoints.read(folder / "other")

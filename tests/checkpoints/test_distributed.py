@@ -780,6 +780,23 @@ def test_links_out_of_the_folder_and_files_that_are_not_there(folder: Path) -> N
         checkpoints.read(path)
 
 
+def linked(source: Path, folder: Path) -> Path:
+    """A folder with links to the files of another one."""
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.is_file():
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["", pytest.param("parts", marks=HF_PARTS)])
+def test_files_that_are_found_by_listing_may_be_links_to_outside(four: Path, folder: Path, form: str) -> None:
+    """Unlike those that `.metadata` names: a link in a folder is the user's own."""
+    contents = checkpoints.read(linked(four / form, folder / "links"))
+    assert contents.format == ("dcp_safetensors" if form else "rank_files")
+    assert_same(contents.tensors, as_torch_loads(four / "blocks"))
+
+
 def chunk(offsets: list[int], sizes: list[int]) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
 

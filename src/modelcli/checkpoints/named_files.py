@@ -1,4 +1,11 @@
-"""Find the files that another file names. They must be inside its folder."""
+"""Find the files that another file names. They must be inside its folder.
+
+Such names are the content of a file, which may come from anyone: an index must not make modelcli read, compare or
+replace a file elsewhere, and a link to outside of the folder is refused like a path to it. Names that come from listing
+a folder are not looked up here: the files of ranks, the states of DeepSpeed, and the safetensors files of
+`torch.distributed.checkpoint`. A link among those is the user's own, as is a link named on the command line, and it may
+lead anywhere: several disks may hold the files of one run.
+"""
 
 from __future__ import annotations
 

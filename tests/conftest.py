@@ -60,6 +60,16 @@ def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "warm-cache"
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Restore the environment: completion lowers the limits on files for the rest of its process, for example."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], folder: Path) -> Cli:
     """Run command lines in a new, empty folder."""

@@ -61,8 +61,8 @@ def test_importing_the_package_imports_no_use_case() -> None:
     assert done.stdout.split() == ["modelcli.commands"]
 
 
-#: Modules that store JSON on disk, and one that makes torch's own `_metadata`. They show nothing.
-KEEP_JSON = {"blueprint_cache.py", "identify.py", "known_builders.py", "state_dict_plan.py"}
+#: Modules that store JSON on disk (a config.json too), and one that makes torch's own `_metadata`. They show nothing.
+KEEP_JSON = {"blueprint_cache.py", "identify.py", "known_builders.py", "quantized_folder.py", "state_dict_plan.py"}
 
 
 def test_only_render_makes_dictionaries_shaped_like_json() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from modelcli.errors import RequestError, did_you_mean
@@ -72,6 +71,19 @@ class Assertions:
 
 
 @dataclass(frozen=True)
+class OutputDifference:
+    """How the outputs of two models differ.
+
+    Attributes:
+        max_abs_diff: the largest absolute difference; None if no output could be compared.
+        first_module: the path and the type of the first module with another output, if one is known.
+    """
+
+    max_abs_diff: float | None
+    first_module: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class AssertionResult:
     """The result of one assertion.
 
@@ -81,7 +93,7 @@ class AssertionResult:
         found: what the model has (a number, a shape or text), or why this could not be decided.
         wanted: what was asserted (a number, a shape or text).
         answered: whether the assertion could be decided.
-        detail: what the JSON document says besides.
+        outputs: how the outputs of two models differ, if that was asserted; the JSON document shows it.
         on_record: if only the file's record decides: why nothing else could; else None.
     """
 
@@ -91,4 +103,4 @@ class AssertionResult:
     wanted: Any
     answered: bool = True
     on_record: str | None = None
-    detail: Mapping[str, Any] = field(default_factory=dict)
+    outputs: OutputDifference | None = None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from modelcli import resolve
 from modelcli.commands.applied_edits import apply_each
-from modelcli.commands.assertions import AssertionResult
+from modelcli.commands.assertions import AssertionResult, OutputDifference
 from modelcli.commands.editable import opened_keys
 from modelcli.commands.look import stdout_is_for_data
 from modelcli.commands.target import Target
@@ -72,20 +72,20 @@ def same_output_as(
 
 
 def _result(found: SameOutputs, reference: str) -> AssertionResult:
-    detail: dict[str, Any] = {"max_abs_diff": found.max_abs_diff if found.tensors else None, "first_module": None}
+    differs = OutputDifference(found.max_abs_diff if found.tensors else None)
     if found.shows_nothing:
         assert found.problem is not None
-        return AssertionResult(CHECK, False, found.problem, reference, answered=False, detail=detail)
+        return AssertionResult(CHECK, False, found.problem, reference, answered=False, outputs=differs)
     if found.problem is None:
-        return AssertionResult(CHECK, True, found.difference, reference, detail=detail)
+        return AssertionResult(CHECK, True, found.difference, reference, outputs=differs)
     text = found.problem
     if found.first is not None:
         path, kind = found.first
-        detail["first_module"] = {"path": path, "type": kind}
+        differs = replace(differs, first_module=found.first)
         text = f"{text}; {path} ({kind}) is the first module with another output"
     elif found.ran and not found.seen_of_modules:
         text = f"{text}; the modules whose outputs fit into memory agree"
-    return AssertionResult(CHECK, False, text, reference, detail=detail)
+    return AssertionResult(CHECK, False, text, reference, outputs=differs)
 
 
 def _source_of(reference: str, target: Target) -> Source:

@@ -9,7 +9,7 @@ from modelcli.render.documents.common import SCHEMA, error_document
 from modelcli.render.views import Column, View, finding, path_column
 
 if TYPE_CHECKING:
-    from modelcli.commands.assertions import AssertionResult
+    from modelcli.commands.assertions import AssertionResult, OutputDifference
     from modelcli.commands.check import CheckedModel, CheckResult
 
 
@@ -58,9 +58,17 @@ def _entry(assertion: AssertionResult) -> dict[str, Any]:
         "passed": assertion.passed,
         "found": assertion.found,
         "wanted": assertion.wanted,
-        **assertion.detail,
+        **_outputs(assertion.outputs),
     }
     return entry if assertion.on_record is None else entry | {"on_record": assertion.on_record}
+
+
+def _outputs(differs: OutputDifference | None) -> dict[str, Any]:
+    """Return how outputs differ, for the JSON document; nothing for an assertion about something else."""
+    if differs is None:
+        return {}
+    first = None if differs.first_module is None else dict(zip(("path", "type"), differs.first_module, strict=True))
+    return {"max_abs_diff": differs.max_abs_diff, "first_module": first}
 
 
 def _row(assertion: AssertionResult) -> dict[str, Any]:

@@ -18,11 +18,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import bench_reading
 from tests.benchmarks.bench_reading import MODELCLI, PYTHON
 from tests.benchmarks.bench_writing import little_memory, missed, row
 
@@ -129,13 +129,8 @@ def measure(command: Sequence[str]) -> tuple[float, int]:
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
     os.sync()
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed: {status}")
-    return seconds, usage.ru_maxrss // 1024
+    seconds, kibibytes = bench_reading.measure(command)
+    return seconds, kibibytes // 1024
 
 
 def compare() -> None:

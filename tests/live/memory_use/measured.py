@@ -16,18 +16,9 @@ from modelcli.live.inputs import Arguments
 from modelcli.live.memory_use.step import OPTIMIZERS, StepPlan, loss_of, make_step
 from modelcli.live.meta_models import fake_copy
 from modelcli.model.memory_log import PlainAllocator, replay
+from tests.gpu.measure_memory import Case
 
 Inputs = Mapping[str, torch.Tensor] | torch.Tensor
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kind of step: an optimizer or None, whether autocast is on, and whether all but the head is frozen."""
-
-    name: str
-    optimizer: str | None
-    autocast: bool = False
-    head_only: bool = False
 
 
 CASES = (

@@ -10,7 +10,8 @@ import torch
 import torchvision
 from torch import nn
 
-from tests.live.memory_use.measured import CASES, Case, Inputs, estimated_peak, measured_peak
+from tests.gpu.measure_memory import Case
+from tests.live.memory_use.measured import CASES, Inputs, estimated_peak, measured_peak
 
 #: How far the estimate may be from the peak outside the kernels that make copies.
 TOLERANCE = 0.01
